@@ -287,7 +287,7 @@ def dice(seed: int) -> Callable[[str], str]:
     return lambda letters: "".join(source.choices(letters, k=source.randint(1, 24)))
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_random_requests_add_no_series(home: Any, count: int) -> None:
     """T5, issue 5, shown 3: through the real gate and the real pool."""
     asleep = ModelSpec(name="echo", model="builtin:echo", preload=False)

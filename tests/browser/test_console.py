@@ -24,6 +24,7 @@ PAGES = {
     "docs": ("/docs", ".route"),
 }
 SIZES = {1440: 900, 390: 844}
+SCHEMES = ("light", "dark")
 ENTER, ESCAPE = "\ue007", "\ue00c"
 COMPOSER = ".composer textarea"
 
@@ -42,9 +43,10 @@ def answer(page: Browser, number: int = -1) -> str:
     return page.js(f"return {script}?.innerText ?? ''", number)
 
 
+@pytest.mark.parametrize("also", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_in_both_themes_and_both_widths(
-    page: Browser, service: Service, name: str
+    page: Browser, service: Service, name: str, also: bool
 ) -> None:
     """Issue 16, must show 1: nothing on the console, no sideways scrolling, no finding of axe."""
     chat = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
@@ -52,16 +54,16 @@ def test_every_page_in_both_themes_and_both_widths(
     if name == "usage":
         counted(service)
     path, css = PAGES[name]
-    for width, height in SIZES.items():
+    # Each theme and each width; the other two pairs are slow.
+    for (width, height), scheme in zip(SIZES.items(), SCHEMES[:: -1 if also else 1], strict=True):
         page.size(width, height)
-        for scheme in ("light", "dark"):
-            page.scheme(scheme)
-            page.open(service.url + path)
-            page.find(css)
-            page.picture(SCREENSHOTS / f"{name}-{scheme}-{width}.png")
-            wide = page.js("return document.documentElement.scrollWidth - innerWidth")
-            assert wide <= 0, f"{name} scrolls sideways at {width}"
-            assert findings(page) == []
+        page.scheme(scheme)
+        page.open(service.url + path)
+        page.find(css)
+        page.picture(SCREENSHOTS / f"{name}-{scheme}-{width}.png")
+        wide = page.js("return document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 0, f"{name} scrolls sideways at {width}"
+        assert findings(page) == []
 
 
 def counted(service: Service) -> None:

@@ -74,6 +74,7 @@ def test_it_ranks_nothing(request_: OpenRequest, smollm2_path: Path) -> None:
         Engine(wrong)
 
 
+@pytest.mark.slow
 async def test_a_long_text_may_take_longer_than_hang_s(
     request_: OpenRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_template_that_refuses_refuses_requests_and_not_the_load(
     assert prompter.job(request).choices[0].token_ids
 
 
+@pytest.mark.slow
 def test_a_template_without_an_end_does_not_hold_up_the_load(make: Make) -> None:
     """Issue 11.10: in a process, with the request that it fails and others beside it."""
     began = time.monotonic()

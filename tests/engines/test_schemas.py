@@ -144,9 +144,9 @@ async def tried(smol: AsyncModelWorker, seeds: Iterable[int]) -> Tally:
 
 async def test_random_schemas(smol: AsyncModelWorker) -> None:
     """Issue 11.4: every answer validates, and every refusal is the client's to mend."""
-    tally = await tried(smol, range(10))
-    assert tally.finished >= 5
-    assert tally.refused <= 3
+    tally = await tried(smol, range(6))
+    assert tally.finished >= 3
+    assert tally.refused <= 2
 
 
 @pytest.mark.slow

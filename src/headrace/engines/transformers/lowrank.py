@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -75,7 +76,8 @@ class LowRank:
     def __init__(self, model: Any, turn: threading.Lock) -> None:
         self._local = threading.local()
         self._device, self._dtype = model.device, model.dtype
-        self._modules: dict[str, Any] = dict(model.named_modules())
+        # Whoever closes the engine frees the model.
+        self._model = weakref.ref(model)
         self._layers: dict[str, _Layer] = {}
         self._turn = turn
 
@@ -85,9 +87,12 @@ class LowRank:
         Raises:
             LoadFailed: it changes what is no linear layer, and nothing was loaded.
         """
+        model = self._model()
+        assert model is not None, "nothing is added after the end"
+        modules: dict[str, Any] = dict(model.named_modules())
         pairs: dict[str, _Pair] = {}
         for layer, pair in _pairs(file, self._dtype):
-            module: Any = self._modules.get(layer)
+            module: Any = modules.get(layer)
             if not isinstance(module, torch.nn.Linear):
                 raise LoadFailed(
                     f"Adapter {file.name}: {layer[:120]!r} is no linear layer in torch."
@@ -96,7 +101,7 @@ class LowRank:
         with self._turn:
             for layer, pair in pairs.items():
                 if layer not in self._layers:
-                    self._layers[layer] = self._attach(self._modules[layer])
+                    self._layers[layer] = self._attach(modules[layer])
                 self._layers[layer].pairs[file.name] = pair
 
     def remove(self, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 
 import psutil
@@ -37,7 +37,7 @@ MANY = 16
 FREED_S = 20.0
 _MAX_SLOTS = 64
 _LEAST_LEAK = 64 << 20
-_STEPS, _LOOK_S = 8, 0.01
+_STEPS, _MORE_STEPS, _LOOK_S = 8, 2, 0.01
 
 Streams = list[AsyncGenerator[Event, None]]
 
@@ -72,11 +72,28 @@ async def _go_on(subject: Subject, streams: Streams, turn: asyncio.Future[Delta]
                     break
             # Its answer comes after all that was sent before.
             await collect_count(subject.backend.ask(CountRequest(text="Hello world")))
+            if turn.done():
+                await _end_or_go_on(readers, events)
     finally:
         for reader in readers:
             reader.cancel()
         await asyncio.wait(readers)
+    for reader in readers:
+        if not reader.cancelled():
+            # One that has failed has left its slot.
+            reader.result()
     return any(isinstance(event, Finish) for seen in events for event in seen)
+
+
+async def _end_or_go_on(
+    readers: Collection[asyncio.Future[None]], events: Sequence[Sequence[Event]]
+) -> None:
+    """Wait until one has ended, or all take further steps: the end may still be on its way."""
+    wanted = [len(seen) + _MORE_STEPS for seen in events]
+    while any(len(seen) < number for seen, number in zip(events, wanted, strict=True)):
+        done, _ = await asyncio.wait(readers, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
+        if done:
+            return
 
 
 async def _read_into(stream: AsyncGenerator[Event, None], seen: list[Event]) -> None:
