@@ -8,7 +8,7 @@ import pytest
 from headrace.core.errors import GenerationFailed, HeadraceError, QueueFull
 from headrace.core.events import Delta, Event, Finish, FinishReason, Progress, TokenLogprob
 from headrace.core.metrics import InferenceMetrics, Usage
-from headrace.core.stream import Mailbox, Stream, collect, merge, prime
+from headrace.core.stream import Mailbox, Stream, collect, merge, prime, within
 
 
 def finish(*reasons: FinishReason) -> Finish:
@@ -179,3 +179,23 @@ async def test_closing_a_merge_closes_every_stream() -> None:
     await merged.aclose()
     assert all(script.closed for script in scripts)
     assert asyncio.all_tasks() == before
+
+
+async def test_what_a_cancelled_task_cleans_up_has_its_time() -> None:
+    """Python before 3.11.4: `asyncio.timeout` raises CancelledError there."""
+    began, results = asyncio.Event(), list[bool]()
+
+    async def work() -> None:
+        try:
+            began.set()
+            await asyncio.Event().wait()
+        finally:
+            results.append(await within(0.01, asyncio.Event().wait()))
+            results.append(await within(5.0, asyncio.sleep(0)))
+
+    task = asyncio.create_task(work())
+    await began.wait()
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    assert results == [False, True]

@@ -34,8 +34,8 @@ from headrace.cluster.wire import (
 from headrace.core.errors import InvalidRequest, NodeGone, from_record, to_record
 from headrace.core.events import Delta, Event, Finish
 from headrace.core.request import AnyRequest
-from headrace.core.stream import Mailbox
-from headrace.worker.wire import MAX_FRAME, Cancel, Emitted, Ended, Link, Message
+from headrace.core.stream import Mailbox, within
+from headrace.worker.wire import MAX_FRAME, Cancel, Emitted, Ended, Link, Message, until_ended
 
 log = logging.getLogger("headrace.cluster")
 
@@ -296,11 +296,7 @@ class NodeLink:
     async def _cancel(self, number: int, mailbox: Mailbox[Event | Ended]) -> None:
         """Cancel a stream, and wait until the node reports that its slot is free."""
         self._send(Cancel(number))
-        try:
-            async with asyncio.timeout(_CANCEL_S):
-                while not isinstance(await mailbox.get(), Ended):
-                    pass
-        except TimeoutError:
+        if not await within(_CANCEL_S, until_ended(mailbox)):
             log.warning("headrace.cluster.cancel_slow", extra={"data": {"node": self.name}})
 
     async def order(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -130,6 +130,23 @@ async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
         del primed
         raise
     return primed
+
+
+async def within(timeout_s: float, work: Coroutine[Any, Any, object]) -> bool:
+    """Wait for the end of some work, and return whether it came in time; else it is cancelled.
+
+    For what is cleaned up in a cancelled task: before Python 3.11.4, `asyncio.timeout` raises
+    CancelledError there, and not TimeoutError.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    if done:
+        task.result()
+    return bool(done)
 
 
 async def collect(stream: Stream) -> GenerateResult:

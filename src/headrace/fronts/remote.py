@@ -14,7 +14,7 @@ from headrace.core.errors import ErrorRecord, InvalidRequest, from_record
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
-from headrace.core.stream import Mailbox
+from headrace.core.stream import Mailbox, within
 from headrace.fronts.wire import (
     Action,
     Chunk,
@@ -29,7 +29,7 @@ from headrace.fronts.wire import (
     Taken,
     Want,
 )
-from headrace.worker.wire import Ask, Cancel, Ended, Message
+from headrace.worker.wire import Ask, Cancel, Ended, Message, until_ended
 
 log = logging.getLogger("headrace.fronts")
 
@@ -120,11 +120,7 @@ class RemoteBackend:
 
     async def _cancel(self, number: int, mailbox: Mailbox[Event | Ended]) -> None:
         self._post(Cancel(number))
-        try:
-            async with asyncio.timeout(_CANCEL_S):
-                while not isinstance(await mailbox.get(), Ended):
-                    pass
-        except TimeoutError:
+        if not await within(_CANCEL_S, until_ended(mailbox)):
             log.warning("headrace.fronts.cancel_slow")
 
 

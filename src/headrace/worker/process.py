@@ -16,6 +16,7 @@ from headrace.core.errors import Draining, HeadraceError, LoadFailed, WorkerDied
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo, ModelSpec, State
 from headrace.core.request import AnyRequest
+from headrace.core.stream import within
 from headrace.log import LogSettings
 from headrace.machine import HOST, process_memory, visibility
 from headrace.models.transfer import silent
@@ -212,9 +213,9 @@ class WorkerProcess:
                 await asyncio.to_thread(child.family.find)
             child.link.send(Close(drain_s))
             # A hung engine does not end its streams: they fail here.
-            if not await _within(drain_s + _LAST_WORD_S, child.gone):
+            if not await within(drain_s + _LAST_WORD_S, child.gone.wait()):
                 child.fail_streams(Draining(f"{self.spec.name} is stopping."))
-                await _within(_LAST_STEP_S, child.gone)
+                await within(_LAST_STEP_S, child.gone.wait())
             await child.end()
         if (last := self._last) is not None:
             await _freed(last)
@@ -295,14 +296,7 @@ class WorkerProcess:
                 child.kill("hung and was killed")
             if child.is_stopped():
                 child.kill("was stopped from outside and killed")
-            await _within(_WATCH_S, child.gone)
-
-
-async def _within(timeout_s: float, event: asyncio.Event) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    return event.is_set()
+            await within(_WATCH_S, child.gone.wait())
 
 
 async def _freed(child: ChildProcess) -> None:

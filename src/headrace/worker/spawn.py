@@ -33,7 +33,7 @@ from headrace.core.errors import (
 from headrace.core.events import Delta, Event, Progress
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
-from headrace.core.stream import Mailbox
+from headrace.core.stream import Mailbox, within
 from headrace.machine import Family
 from headrace.worker.meter import Received
 from headrace.worker.scratch import TMPDIR, Scratch, mark_of, sweep
@@ -49,6 +49,7 @@ from headrace.worker.wire import (
     Loaded,
     Message,
     ToParent,
+    until_ended,
 )
 
 log = logging.getLogger("headrace.worker")
@@ -254,11 +255,7 @@ class ChildProcess:
         """Cancel a stream and wait until the child reports that its slot is free."""
         listener.relay = None
         self.link.send(Cancel(listener.number))
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not isinstance(await listener.mailbox.get(), Ended):
-                    pass
-        except TimeoutError:
+        if not await within(timeout_s, until_ended(listener.mailbox)):
             log.warning("headrace.worker.cancel_slow", extra={"data": {"model": self.name}})
 
     def forget(self, listener: Listener) -> None:

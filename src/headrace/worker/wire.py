@@ -20,6 +20,7 @@ from headrace.core.errors import ErrorRecord
 from headrace.core.events import Event
 from headrace.core.model import ModelInfo
 from headrace.core.request import AnyRequest
+from headrace.core.stream import Mailbox
 from headrace.log import LogSettings
 from headrace.worker.spec import WorkerSpec
 
@@ -252,6 +253,12 @@ class Link(asyncio.Protocol, Generic[In]):
         self._receive = self._closed = _ignore
         self._connected = None
         closed(str(exc) if exc else self._why)
+
+
+async def until_ended(mailbox: Mailbox[Any]) -> None:
+    """Drop the events of a stream until its Ended."""
+    while not isinstance(await mailbox.get(), Ended):
+        pass
 
 
 def _ignore(_event: object) -> None:

@@ -76,7 +76,7 @@ class LowRank:
     def __init__(self, model: Any, turn: threading.Lock) -> None:
         self._local = threading.local()
         self._device, self._dtype = model.device, model.dtype
-        # Whoever closes the engine frees the model.
+        # The model is freed when the engine is closed.
         self._model = weakref.ref(model)
         self._layers: dict[str, _Layer] = {}
         self._turn = turn
