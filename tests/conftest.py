@@ -31,9 +31,6 @@ settings.register_profile(
 )
 settings.load_profile("same")
 
-# What is imported and collected stays: there is nothing to find until the first test.
-gc.disable()
-
 ALONE = (
     "service/test_cancellation.py",
     "service/test_true_figures.py",
@@ -79,7 +76,6 @@ def pytest_collection_finish() -> None:
     """Take what collecting has made, 500 MB, out of every later garbage collection."""
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -296,7 +296,13 @@ class WorkerProcess:
                 child.kill("hung and was killed")
             if child.is_stopped():
                 child.kill("was stopped from outside and killed")
-            await within(_WATCH_S, child.gone.wait())
+            await _passed(_WATCH_S, child.gone)
+
+
+async def _passed(timeout_s: float, event: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 async def _freed(child: ChildProcess) -> None:
