@@ -193,9 +193,15 @@ class FakeWorker:
         machine = self.machine
         if not machine.adapts:
             return False
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.died.wait(), 0.1)
-            raise WorkerDied("was killed")
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.died.wait(), 0.1)
+                raise WorkerDied("was killed")
+        except asyncio.CancelledError:
+            # Its process goes on with it.
+            self.spec = spec
+            machine.take(self, machine.size_of(spec))
+            raise
         if self.refuses or any(adapter.source == "bad" for adapter in spec.adapters.values()):
             raise LoadFailed("The library refused it.")
         self.spec = spec

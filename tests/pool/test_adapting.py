@@ -171,6 +171,29 @@ def test_one_who_asked_and_has_gone() -> None:
     run(main())
 
 
+def test_one_who_has_gone_while_workers_change() -> None:
+    """Issue 17.4: all workers have what they had; what a process held once may stay booked."""
+
+    async def main() -> None:
+        service = adapting(replicas=2)
+        await service.admin.load("a")
+        await asyncio.sleep(2)
+        for after_s in (0.05, 0.15):
+            changing = asyncio.create_task(update(service, one=ONE, two=TWO))
+            await asyncio.sleep(after_s)
+            changing.cancel()
+            await asyncio.wait({changing})
+            assert names(service) == ["a", "a:one"]
+            for worker in service.machine.workers:
+                assert worker.spec.adapters == {"one": ONE}
+            assert 22 <= service.pool.ledger.booked()["cpu"] <= service.machine.peak
+        await update(service, two=TWO)
+        assert (await answer(service.pool, ask("a:two")))[0] == counted(5)
+        await service.aclose()
+
+    run(main())
+
+
 def test_a_refusal_changes_nothing() -> None:
     """Issue 17.4: what the library refuses, of the second of two workers too."""
 

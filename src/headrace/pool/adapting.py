@@ -24,6 +24,7 @@ from headrace.pool.ledger import Ledger, named, to_book
 from headrace.pool.loader import Loader
 from headrace.pool.memory import Unwanted, describe_bytes
 from headrace.pool.replica import Replica
+from headrace.pool.worker import PooledWorker
 
 _PART = "adapters"
 
@@ -66,21 +67,22 @@ async def adapted(loader: Loader, entry: ModelEntry, spec: ModelSpec) -> bool:
     if not replicas or not all(replica.takes_requests for replica in replicas):
         return False
     need = await asyncio.to_thread(loader.sizing.footprint, spec, _report)
-    changed: dict[Replica, Footprint | None] = {}
+    ledger, before = loader.memory.ledger, dict[Replica, Footprint | None]()
     try:
         for replica in replicas:
-            had = replica.footprint
-            if not await _change(loader.memory.ledger, replica, spec, need):
+            before[replica] = replica.footprint
+            if not await _change(ledger, replica, spec, need):
                 break
-            changed[replica] = had
         else:
             return True
     except WorkerDied:
         pass
-    except (LoadFailed, OutOfMemory) as error:
-        await _undo(changed, old)
-        raise ConfigError(error.message, param="adapters", detail=error.detail) from error
-    await _undo(changed, old)
+    except BaseException as error:
+        await _undo(ledger, before, old)
+        if isinstance(error, LoadFailed | OutOfMemory):
+            raise ConfigError(error.message, param="adapters", detail=error.detail) from error
+        raise
+    await _undo(ledger, before, old)
     return False
 
 
@@ -136,15 +138,15 @@ async def _is_loaded(loader: Loader, entry: ModelEntry, replica: Replica) -> boo
     return True
 
 
-async def _undo(changed: Mapping[Replica, Footprint | None], old: ModelSpec) -> None:
-    for replica, had in changed.items():
+async def _undo(ledger: Ledger, before: Mapping[Replica, Footprint | None], old: ModelSpec) -> None:
+    """Let workers have their old adapters. One that took too long may change only now."""
+    for replica, had in before.items():
         replica.configure(old)
-        if had is not None:
-            replica.estimated(had)
         # It ends, or is replaced.
         with contextlib.suppress(LoadFailed, OutOfMemory, WorkerDied):
-            if replica.worker is not None:
-                await replica.worker.adapt(replica.placed_spec)
+            if had is not None and (worker := replica.worker) is not None:
+                await worker.adapt(replica.placed_spec)
+                await _settle(ledger, replica, worker, had)
 
 
 def _is_of_adapters(old: ModelSpec, new: ModelSpec) -> bool:
@@ -170,13 +172,23 @@ async def _change(ledger: Ledger, replica: Replica, spec: ModelSpec, need: Footp
         finally:
             if not done:
                 replica.configure(old)
-        if done and replica.worker is worker and replica.is_ready:
+        if done:
             devices = {name: held + more.get(name, 0) for name, held in had.devices.items()}
             parts = {**had.parts, _PART: size}
-            replica.estimated(msgspec.structs.replace(had, devices=devices, parts=parts))
-            replica.grown(named(await worker.memory(), devices))
-            ledger.settle(replica.key, to_book(replica.footprint, replica.memory))
+            has = msgspec.structs.replace(had, devices=devices, parts=parts)
+            await _settle(ledger, replica, worker, has)
     return done
+
+
+async def _settle(
+    ledger: Ledger, replica: Replica, worker: PooledWorker, estimate: Footprint
+) -> None:
+    """Book what a worker holds now, if it is still that of the replica."""
+    held = named(await worker.memory(), estimate.devices)
+    if replica.worker is worker and replica.is_ready:
+        replica.estimated(estimate)
+        replica.grown(held)
+        ledger.settle(replica.key, to_book(replica.footprint, replica.memory))
 
 
 def _spread(size: int, devices: Mapping[str, int]) -> dict[str, int]:

@@ -49,7 +49,8 @@ class PooledWorker(Backend, Protocol):
         Running requests go on with the adapters that they have.
 
         Raises:
-            LoadFailed, OutOfMemory: one cannot be loaded, and nothing has changed.
+            LoadFailed, OutOfMemory: one cannot be loaded, and nothing has changed; or it takes too
+                long, and may come about later.
             WorkerDied: it ended meanwhile.
         """
         ...

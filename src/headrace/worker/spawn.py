@@ -219,21 +219,25 @@ class ChildProcess:
     async def adapt(self, spec: WorkerSpec, timeout_s: float) -> bool:
         """Change the adapters to those of `spec`; return False if that takes a new worker.
 
+        A change that is not waited for any more goes on in the child; later ones come after it.
+
         Raises:
-            LoadFailed, OutOfMemory: one cannot be loaded, and nothing has changed.
+            LoadFailed, OutOfMemory: one cannot be loaded, or it takes longer than `timeout_s`.
             WorkerDied: the child ended meanwhile.
         """
-        number = next(self._numbers)
+        number, ended = next(self._numbers), list[Event | Ended]()
         listener = self._listeners[number] = Listener(number, 1)
+
+        async def answered() -> None:
+            ended.append(await listener.mailbox.get())
+
         try:
             self.send(Adapt(number, spec))
-            async with asyncio.timeout(timeout_s):
-                ended = await listener.mailbox.get()
-        except TimeoutError as error:
-            raise LoadFailed(f"No adapter was loaded within {timeout_s:g} s.") from error
+            if not await within(timeout_s, answered()):
+                raise LoadFailed(f"No adapter was loaded within {timeout_s:g} s.")
         finally:
             self.forget(listener)
-        record = ended.error if isinstance(ended, Ended) else None
+        record = ended[0].error if isinstance(ended[0], Ended) else None
         if record is not None and record.kind == Unsupported.__name__:
             return False
         if record is not None:
