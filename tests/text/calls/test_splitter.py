@@ -258,8 +258,9 @@ def seconds(form: Format, text: str, chunk: int, thinking_open: bool) -> float:
 def test_time_is_linear(family: str) -> None:
     """Issue 13.2: twice the text takes about twice the time, however hostile."""
     form = FAMILIES[family]
-    size = 20_000
-    for short, long in zip(hostile(form, size), hostile(form, 2 * size), strict=True):
+    size = 10_000
+    # Doubled twice: the noise of a busy machine is well below 16 over 4.
+    for short, long in zip(hostile(form, size), hostile(form, 4 * size), strict=True):
         for chunk in (7, 1 << 30):
             if seconds(form, long, chunk, chunk == 7) < 0.05:
                 continue
@@ -268,7 +269,7 @@ def test_time_is_linear(family: str) -> None:
                 [seconds(form, text, chunk, chunk == 7) for text in (short, long)] for _ in range(4)
             ]
             low, high = map(min, zip(*pairs, strict=True))
-            assert high < 2.5 * low
+            assert high < 2.5**2 * low
 
 
 @pytest.mark.slow
