@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from starlette.types import ASGIApp
 
 from headrace.api import limits
 from headrace.api.connection import Connections
+from headrace.core.stream import within
 
 _BACKLOG = 2048
 _SWEEP_S = 1.0
@@ -85,9 +85,7 @@ class Server:
 
 
 async def _until_empty(connections: Connections) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(limits.CLOSE_TIMEOUT_S):
-            await connections.empty.wait()
+    await within(limits.CLOSE_TIMEOUT_S, connections.empty.wait())
 
 
 class _Sweep:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -132,7 +132,7 @@ async def prime(stream: Stream, wait_s: float | None = None) -> Primed:
     return primed
 
 
-async def within(timeout_s: float, work: Coroutine[Any, Any, object]) -> bool:
+async def within(timeout_s: float, work: Awaitable[object]) -> bool:
     """Wait for the end of some work, and return whether it came in time; else it is cancelled.
 
     For what is cleaned up in a cancelled task: before Python 3.11.4, `asyncio.timeout` raises

@@ -31,6 +31,7 @@ from headrace.core.events import ChoicesLeft, Event, Finish, FinishReason
 from headrace.core.metrics import DeviceUse, InferenceMetrics, Usage
 from headrace.core.model import Task
 from headrace.core.request import Request
+from headrace.core.stream import within
 from headrace.engines.base import EngineFacts
 from headrace.machine import Sampler
 from headrace.worker.compiler import Compiler
@@ -100,12 +101,7 @@ class Turns:
             await self._is_idle(_LAST_STEP_S)
 
     async def _is_idle(self, timeout_s: float) -> bool:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return self._idle.is_set() or await within(timeout_s, self._idle.wait())
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):

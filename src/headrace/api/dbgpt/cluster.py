@@ -18,6 +18,7 @@ from headrace.core.backend import Admin, Backend
 from headrace.core.errors import Forbidden, UnknownModel
 from headrace.core.model import ModelInfo
 from headrace.core.status import ModelStatus
+from headrace.core.stream import within
 
 WithoutKey = Literal["refuse", "use", "manage"]
 """What requests may do here, as DB-GPT sends no key: `refuse` leaves it to the keys."""
@@ -75,9 +76,8 @@ class Cluster:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
-                await asyncio.gather(*(controller.leave() for controller in self.controllers))
+        leaving = asyncio.gather(*(controller.leave() for controller in self.controllers))
+        await within(_LEAVE_TIMEOUT_S, leaving)
 
     def rows(self) -> list[str]:
         """Return what the controllers offer: names with a worker type, `smollm2@llm`."""
